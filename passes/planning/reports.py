@@ -179,12 +179,14 @@ def _live(traced: Traced) -> list[tuple[str, int, str]]:
     peaks = map(peak.find, timelines(traced))
     highest = max(peaks, key=lambda graph_peak: graph_peak.peak_bytes)
     end = len(highest.lifetimes.steps)
-    inputs = [storage for storage in highest.live if storage.is_input and storage.upper == end]
-    rows = [("(inputs)", sum(storage.size for storage in inputs), "")]
+    rows: list[tuple[str, int, str]] = []
+    input_bytes = 0
     for storage in highest.live:
-        if storage not in inputs and storage.size:
+        if storage.is_input and storage.upper == end:
+            input_bytes += storage.size
+        elif storage.size:
             rows.append((storage.name, storage.size, storage.source))
-    return rows
+    return [("(inputs)", input_bytes, ""), *rows]
 
 
 def _run(step: Any, inputs: Sequence[Any], training: bool) -> object:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Value:
@@ -42,24 +44,31 @@ def values_to_keep(values: Sequence[Value], steps: int, bound: int) -> set[int]:
 def _cuts(values: Sequence[Value], steps: int, bound: int) -> list[int]:
     """The number of steps before each cut, last cut first.
 
-    By dynamic programming.
+    By dynamic programming, one operation of numpy for all starts of a piece.
     """
-    values_of: list[list[Value]] = [[] for _ in range(steps)]
+    made_by: list[list[Value]] = [[] for _ in range(steps)]
+    last_used_by: list[list[Value]] = [[] for _ in range(steps)]
     for value in values:
-        values_of[value.first].append(value)
-    # least[end]: the fewest bytes kept by cuts up to one at `end`, -1 before any is tried
-    # previous[end]: the cut before it, 0 if there is none
-    least, previous = [0] + [-1] * steps, [0] * (steps + 1)
+        made_by[value.first].append(value)
+        last_used_by[value.last].append(value)
+    # fewest[start]: the fewest bytes kept by cuts up to one at `start` and a next one at `end`
+    # previous[end]: the cut before one at `end`, 0 if there is none
+    fewest, previous = np.zeros(steps + 1, np.int64), [0] * (steps + 1)
+    first = piece_bytes = 0
     for end in range(1, steps + 1):
-        # Try pieces [start, end), longer and longer: their bytes, and those that the cut keeps.
-        piece_bytes = cut_bytes = 0
-        for start in range(end - 1, -1, -1):
-            piece_bytes += sum(value.size for value in values_of[start])
-            if piece_bytes > bound and start < end - 1:
-                break
-            cut_bytes += sum(value.size for value in values_of[start] if value.last >= end)
-            if least[end] < 0 or least[start] + cut_bytes < least[end]:
-                least[end], previous[end] = least[start] + cut_bytes, start
+        # 1. A value counts for every cut before it, from the step that makes it to its last use.
+        for value in made_by[end - 1]:
+            piece_bytes += value.size
+            fewest[:end] += value.size
+        for value in last_used_by[end - 1]:
+            fewest[: value.first + 1] -= value.size
+        # 2. The pieces [start, end) within the bound start at `first` or later.
+        while piece_bytes > bound and first < end - 1:
+            piece_bytes -= sum(value.size for value in made_by[first])
+            first += 1
+        # 3. The best of them; of equal ones the shortest.
+        previous[end] = end - 1 - int(fewest[first:end][::-1].argmin())
+        fewest[end] = fewest[previous[end]]
     # Back from the end, cut by cut.
     cuts: list[int] = []
     cut = previous[steps]

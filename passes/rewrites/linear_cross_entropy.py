@@ -21,7 +21,7 @@ from .. import arguments
 from ..versions import HAS_LINEAR_CROSS_ENTROPY
 from .rows.calls import example_value
 from .rows.chunks import InChunks, replace
-from .rows.growing import is_interrupted
+from .rows.growing import is_interrupted, order_of
 from .rows.losses import OPERATOR
 from .rows.readers import primitive_of, read
 
@@ -67,10 +67,11 @@ class LinearCrossEntropy(InChunks):
         if own is None:
             own = not HAS_LINEAR_CROSS_ENTROPY
         nodes = list(graph.nodes)
+        order = order_of(nodes)
         losses: list[_Loss] = []
         for node in nodes:
             loss = _loss(node)
-            if loss is not None and not is_interrupted(nodes, loss.members):
+            if loss is not None and not is_interrupted(nodes, order, loss.members):
                 losses.append(loss)
         return [self._replace(graph, loss, own) for loss in losses if own or loss.torch_can]
 

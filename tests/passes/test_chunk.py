@@ -228,6 +228,38 @@ def test_frozen_parameters_get_no_gradient() -> None:
     assert len(lines) == 1
 
 
+class Rounded(nn.Module):
+    """An MLP with integers between its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down((9 * self.up(x)).to(torch.int32).to(x.dtype))
+
+
+class Scored(Head):
+    """The class of each row, times a learned factor."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda logits: logits.argmax(-1, keepdim=True))
+        self.factor = nn.Parameter(torch.randn(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype) * self.factor
+
+
+@pytest.mark.parametrize(("model", "count"), [(Rounded, 0), (Scored, 1)])
+def test_no_gradient_flows_through_integers(model: Callable[[], nn.Module], count: int) -> None:
+    """What they are computed from gets none: neither zeros nor rounded ones."""
+    torch.manual_seed(0)
+    rounding = model().double()
+    step, lines = captured(rounding, Chunk(rows=3))
+    assert_same(step, rounding, random_input(2, 7, WIDTH))
+    assert len(lines) == count
+
+
 def test_weights_of_16_bits_sum_their_gradients_in_32() -> None:
     """Chunks of one row are the worst case.
 

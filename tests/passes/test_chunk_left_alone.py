@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,8 @@ def overwritten(x: Tensor, w: list[Tensor]) -> Tensor:
 
 
 def bottleneck(x: Tensor, w: list[Tensor]) -> Tensor:
-    return F.linear(F.gelu(F.linear(F.linear(x, w[0]), w[1])), w[2])
+    """What it is computed from, and its result, are wider than what is between."""
+    return F.linear(F.gelu(F.linear(x.repeat(1, 1, 4), w[1])), w[0])
 
 
 def constant_by_position(x: Tensor, w: list[Tensor]) -> Tensor:
@@ -71,6 +73,16 @@ def switched(x: Tensor, w: list[Tensor]) -> Tensor:
     return F.linear(hidden, w[1])
 
 
+def raised_to_nothing(x: Tensor, w: list[Tensor]) -> Tensor:
+    return F.linear(F.linear(x, w[0]).relu() ** 0, w[1])
+
+
+def complex_numbers(x: Tensor, w: list[Tensor]) -> Tensor:
+    """Their gradients have conjugates."""
+    hidden = F.linear(torch.complex(x, x), torch.complex(w[0], w[0]))
+    return F.linear(hidden.tanh(), torch.complex(w[1], w[1]))
+
+
 LEFT_ALONE = [
     dropped,
     used_elsewhere,
@@ -82,19 +94,57 @@ LEFT_ALONE = [
     constant_by_position,
     laid_out_otherwise,
     switched,
+    raised_to_nothing,
+    complex_numbers,
 ]
+
+
+def weights() -> list[Tensor]:
+    shapes = [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, WIDTH)]
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("function", LEFT_ALONE, ids=lambda function: function.__name__)
 def test_graphs_that_cannot_be_chunked_are_left_alone(function: Callable[..., Any]) -> None:
-    shapes = [(4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH, WIDTH)]
-    weights = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    step, lines = captured(function, Chunk(rows=3))
+    """Static sizes: weights that are arguments have dynamic ones, which no region takes."""
+    w = weights()
+    step, lines = captured(function, Chunk(rows=3), dynamic=False)
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     torch.manual_seed(1)
-    out = step(x, weights)
+    out = step(x, w)
     torch.manual_seed(1)
-    torch.testing.assert_close(out, function(x, weights), rtol=0, atol=0)
+    torch.testing.assert_close(out, function(x, w), rtol=0, atol=0)
+    assert lines == []
+
+
+INFINITE: dict[str, Callable[[Tensor], Tensor]] = {
+    "inf": lambda hidden: hidden * math.inf,
+    "-inf": lambda hidden: -math.inf * hidden,
+    "nan": lambda hidden: hidden - math.nan,
+    "an exponent": lambda hidden: hidden**math.inf,
+}
+
+
+def test_graphs_like_these_are_chunked_without_their_obstacle() -> None:
+    def function(x: Tensor, w: list[Tensor]) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w[0]) * 2.0), w[1])
+
+    w, x = weights(), torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    step, lines = captured(function, Chunk(rows=3), dynamic=False)
+    torch.testing.assert_close(step(x, w), function(x, w))
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_numbers_without_a_literal_are_left_alone(name: str) -> None:
+    """Recipes are text, which such a number is not written in."""
+
+    def function(x: Tensor, w: list[Tensor]) -> Tensor:
+        return F.linear(F.gelu(INFINITE[name](F.linear(x, w[0]))), w[1])
+
+    w, x = weights(), torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    step, lines = captured(function, Chunk(rows=3), dynamic=False)
+    torch.testing.assert_close(step(x, w), function(x, w), equal_nan=True)
     assert lines == []
 
 

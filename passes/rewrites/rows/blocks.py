@@ -10,12 +10,12 @@ tokens as rows (a rotary embedding's angles); the result from those and the join
 
 Which dims are batch, heads, tokens and features follows from the attention's call. From there a
 primitive keeps the dims of its operands, aligned from the last one on, a linear's weight has none
-of them (readers.roles), and a view has those of its strides.
+of them (readers.Roles), and a view has those of its strides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Graph, Node
@@ -25,7 +25,7 @@ from .block_recipes import Writer
 from .calls import example_value
 from .growing import is_contiguous, is_interrupted, is_static, row_inputs, sizes_of
 from .heads import RESHAPES, VIEWS, Dims, swaps_tokens_and_heads, viewed
-from .readers import primitive_of, read, roles
+from .readers import Memo
 from .recipes import Recipe
 
 
@@ -59,12 +59,13 @@ def find(graph: Graph) -> Iterator[Block]:
     The graph may be changed at a block once it has been yielded.
     """
     nodes, claimed = list(graph.nodes), set[Node]()
+    order = growing.order_of(nodes)
     for node in nodes:
         call = attentions.call(node)
         if call is None or not _is_self_attention(call):
             continue
         batch, _, tokens, _ = sizes_of(node)
-        block = _Search(nodes, call, Dims(batch, tokens), claimed).block()
+        block = _Search(nodes, order, call, Dims(batch, tokens), claimed).block()
         if block is not None:
             claimed.update(block.nodes)
             yield block
@@ -85,17 +86,19 @@ def _is_self_attention(call: attentions.Call) -> bool:
 class _Search:
     """The search for a block around one attention.
 
+    nodes, order: of the graph, and their places
     claimed: nodes that belong to other blocks
     """
 
     nodes: list[Node]
+    order: Mapping[Node, int]
     call: attentions.Call
     dims: Dims
     claimed: set[Node]
-    order: dict[Node, int] = field(init=False)
+    memo: Memo = field(init=False)
 
     def __post_init__(self) -> None:
-        self.order = {node: number for number, node in enumerate(self.nodes)}
+        self.memo = Memo(self.claimed)
 
     def block(self) -> Block | None:
         # 1. From the attention forward, to its joined heads.
@@ -111,7 +114,9 @@ class _Search:
             return None
         # 3. The nodes from the first linear to the block's result, written as recipes.
         members = self._members(joined, min(linears))
-        if not members or not is_contiguous(members[-1]) or is_interrupted(self.nodes, members):
+        if not members or not is_contiguous(members[-1]):
+            return None
+        if is_interrupted(self.nodes, self.order, members):
             return None
         return self._written(members, joined)
 
@@ -143,7 +148,7 @@ class _Search:
         """
         if self.dims.base(node) is not None:
             return [node]
-        call = read(node)
+        call = self.memo.read(node)
         if call is None:
             return []
         views: dict[Node, None] = {}
@@ -181,23 +186,21 @@ class _Search:
 
         def accepts(node: Node) -> bool:
             works = self._works(node)
-            if works and primitive_of(node) != "linear":
+            if works and self.memo.primitive(node) != "linear":
                 return True
             if self.order[node] < first:
                 return False
             return works or node in inner or node.target in VIEWS
 
-        nodes = self.nodes[: self.order[end] + 1]
-        return growing.grow_back(nodes, accepts, self.claimed, _shared_operands)
+        grown = growing.grow_back(end, self.order, accepts, self.claimed, self._shared_operands)
+        return [node for node, _ in grown][::-1]
 
     def _works(self, node: Node) -> bool:
         """Whether a node is a primitive of rows or of heads.
 
         Its other operands have the tokens as rows, or are shared by all tokens and static.
         """
-        operands = roles(node)
-        if operands is None:
-            return False
+        operands = self.memo.roles(node)
         if self.dims.is_rows(node):
             is_same = self.dims.is_rows
         elif self.dims.is_heads(node):
@@ -221,7 +224,13 @@ class _Search:
         if node.target in VIEWS:
             operand = viewed(node)
             return (operand,) if isinstance(operand, Node) else ()
-        return growing.row_operands(node)
+        return self.memo.rows(node)
+
+    def _shared_operands(self, node: Node) -> Sequence[Node]:
+        """The operands that all tokens share; a view has none."""
+        if node.target in VIEWS:
+            return ()
+        return self.memo.shared(node)
 
     def _written(self, members: list[Node], joined: Sequence[Node]) -> Block | None:
         """Write members as recipes; None if that is not possible."""
@@ -258,13 +267,6 @@ class _Search:
             attention=self.call.text,
             row_bytes=max(live[1], live[2], live[0] + live[3]),
         )
-
-
-def _shared_operands(node: Node) -> Sequence[Node]:
-    """The operands that all tokens share; a view has none."""
-    if node.target in VIEWS:
-        return ()
-    return growing.shared_operands(node)
 
 
 def _row_width(node: Node) -> int:

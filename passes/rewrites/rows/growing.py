@@ -6,7 +6,8 @@ uses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import heapq
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from torch.fx import Node
 
 from ...analysis.effects import writes
 from .calls import example_value
-from .readers import roles
 from .recipes import Recipe
 
 # They change the meaning of the nodes after them.
@@ -28,50 +28,49 @@ _MODES = {
 Operands = Callable[[Node], Sequence[Node]]
 
 
-def row_operands(node: Node) -> Sequence[Node]:
-    """The operands of a primitive that have its rows; else ()."""
-    operands = roles(node)
-    if operands is None:
-        return ()
-    return operands.rows
-
-
-def shared_operands(node: Node) -> Sequence[Node]:
-    """The operands of a primitive that all rows share; else ()."""
-    operands = roles(node)
-    if operands is None:
-        return ()
-    return operands.shared
+def order_of(nodes: Sequence[Node]) -> dict[Node, int]:
+    """The place of each node in a graph."""
+    return {node: number for number, node in enumerate(nodes)}
 
 
 def grow_back(
-    nodes: Sequence[Node],
+    last: Node,
+    order: Mapping[Node, int],
     accepts: Callable[[Node], bool],
     claimed: Collection[Node],
-    shared_of: Operands = shared_operands,
-) -> list[Node]:
-    """The last node, and earlier nodes that only it needs, in order.
+    shared_of: Operands,
+) -> Iterator[tuple[Node, bool]]:
+    """Yield the last node, then earlier nodes that only it needs.
 
+    The latest come first, each with whether all that follow are needed by it only.
+
+    order: the places of the nodes that may be members
     accepts: whether a node may be a member
     claimed: nodes that belong to something else
     """
-    members = {nodes[-1]: None}
-    for node in reversed(nodes[:-1]):
-        if not node.users or node in claimed:
+    members, seen = set[Node](), {last}
+    # The latest of those waiting comes next: all its users have been examined by then.
+    waiting = [(-order[last], last)]
+    while waiting:
+        _, node = heapq.heappop(waiting)
+        if node is not last and not is_used_as_rows(node, members, shared_of):
             continue
-        if is_used_as_rows(node, members, shared_of) and accepts(node):
-            members[node] = None
-    return list(reversed(members))
+        members.add(node)
+        yield node, not waiting
+        for operand in node.all_input_nodes:
+            if operand in seen:
+                continue
+            seen.add(operand)
+            if operand in order and operand not in claimed and accepts(operand):
+                heapq.heappush(waiting, (-order[operand], operand))
 
 
-def is_used_as_rows(
-    node: Node, members: Collection[Node], shared_of: Operands = shared_operands
-) -> bool:
+def is_used_as_rows(node: Node, members: Collection[Node], shared_of: Operands) -> bool:
     """Whether a node's users are members that take it as rows."""
     return all(user in members and node not in shared_of(user) for user in node.users)
 
 
-def row_inputs(members: Sequence[Node], rows_of: Operands = row_operands) -> list[Node]:
+def row_inputs(members: Sequence[Node], rows_of: Operands) -> list[Node]:
     """The row operands that members take from outside, each once."""
     inside = set(members)
     inputs: dict[Node, None] = {}
@@ -82,12 +81,14 @@ def row_inputs(members: Sequence[Node], rows_of: Operands = row_operands) -> lis
     return list(inputs)
 
 
-def is_interrupted(nodes: Sequence[Node], members: Sequence[Node]) -> bool:
+def is_interrupted(
+    nodes: Sequence[Node], order: Mapping[Node, int], members: Sequence[Node]
+) -> bool:
     """Whether a node among the members writes in-place or changes a mode.
 
-    nodes: all of the graph
+    nodes: all of the graph, with their places
     """
-    first, last = nodes.index(members[0]), nodes.index(members[-1])
+    first, last = order[members[0]], order[members[-1]]
     inside = set(members)
     for node in nodes[first:last]:
         if node not in inside and (writes(node) or node.target in _MODES):

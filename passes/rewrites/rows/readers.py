@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,7 @@ def primitive_of(node: Node) -> str | None:
 
     "" if its value is its operand's.
     """
-    call = read(node)
-    if call is None:
-        return None
-    return call.primitive
+    return _name(read(node))
 
 
 def is_along_rows(primitive: str, place: int, operand: Any) -> bool:
@@ -73,11 +71,56 @@ def tensor_of(node: Node) -> Node:
     return source
 
 
-def roles(node: Node) -> Roles | None:
-    """The operands of a node by their role; None without a primitive."""
-    call = read(node)
+class Memo:
+    """Nodes of a graph as primitives, each read once.
+
+    replaced: nodes that another may stand for by now; a call that took one of them is read anew
+    """
+
+    def __init__(self, replaced: Collection[Node]) -> None:
+        self.replaced = replaced
+        self._calls: dict[Node, tuple[Read | None, Roles]] = {}
+
+    def read(self, node: Node) -> Read | None:
+        """Read a node as a primitive, as the function does."""
+        return self._call(node)[0]
+
+    def primitive(self, node: Node) -> str | None:
+        """The name of a node's primitive, as `primitive_of`."""
+        return _name(self.read(node))
+
+    def roles(self, node: Node) -> Roles:
+        """The operands of a node by their role; none without a primitive."""
+        return self._call(node)[1]
+
+    def rows(self, node: Node) -> tuple[Node, ...]:
+        """The operands of a primitive that have its rows; else ()."""
+        return self.roles(node).rows
+
+    def shared(self, node: Node) -> tuple[Node, ...]:
+        """The operands of a primitive that all rows share; else ()."""
+        return self.roles(node).shared
+
+    def _call(self, node: Node) -> tuple[Read | None, Roles]:
+        if node in self._calls:
+            call, roles = self._calls[node]
+            if not any(operand in self.replaced for operand in (*roles.rows, *roles.shared)):
+                return call, roles
+        call = read(node)
+        self._calls[node] = call, _roles(call)
+        return self._calls[node]
+
+
+def _name(call: Read | None) -> str | None:
     if call is None:
         return None
+    return call.primitive
+
+
+def _roles(call: Read | None) -> Roles:
+    """The operands of a call by their role."""
+    if call is None:
+        return Roles((), ())
     rows, shared = dict[Node, None](), dict[Node, None]()
     for place, operand in enumerate(call.operands):
         if not isinstance(operand, Node):

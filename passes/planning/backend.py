@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils.weak import WeakIdRef
 
 from .. import arguments
 from ..analysis.peak import mebibytes
@@ -92,11 +93,11 @@ class _Part:
     """What graphs of one part of a step share at all sizes.
 
     function: Dynamo's number of the function; behind a graph break begins another
-    parameters: identities; two modules of a class share their function, not these
+    parameters: of the graph; two modules of a class share their function, not these
     """
 
     function: int
-    parameters: frozenset[int]
+    parameters: frozenset[WeakIdRef]
 
     def is_same(self, part: _Part) -> bool:
         if self.function != part.function:
@@ -111,7 +112,7 @@ def _part(inputs: Sequence[Any]) -> _Part | None:
     compile_id = torch._guards.CompileContext.current_compile_id()
     if compile_id is None or compile_id.frame_id is None:
         return None
-    parameters = [id(value) for value in inputs if isinstance(value, torch.nn.Parameter)]
+    parameters = [WeakIdRef(value) for value in inputs if isinstance(value, torch.nn.Parameter)]
     return _Part(compile_id.frame_id, frozenset(parameters))
 
 

@@ -168,7 +168,7 @@ def test_billion_stops_in_time(tmp_path: Path) -> None:
     assert "the time was up; the same command goes on" in result.stdout
 
 
-def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
+def test_billion_computes_a_changed_row_again(tmp_path: Path) -> None:
     settings = ("--tokens", 5_000, "--ranks", 3, "--rows", 20, "--directory", tmp_path)
     assert run("billion", *settings).exit_code == 0
     rows = np.load(tmp_path / "rows.npy")
@@ -178,6 +178,28 @@ def test_billion_finds_a_wrong_row(tmp_path: Path) -> None:
     # The row's digest differs from the journal's: its rank is computed again.
     assert result.exit_code == 0
     assert printed_json(result)["tokens_computed_now"] > 0
+
+
+def test_billion_finds_a_wrong_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that is computed wrong, whose digest is right."""
+    settings = ("--tokens", 5_000, "--ranks", 3, "--rows", 20, "--directory", tmp_path)
+    write = SampleSink.write
+
+    def write_wrong(sink: SampleSink, rows: range, part: Tensor) -> bytes | memoryview:
+        row = int(sink.samples[7])
+        if row in rows:
+            part[0, 0, rows.index(row), 3] += 1e-4
+        return write(sink, rows, part)
+
+    monkeypatch.setattr(SampleSink, "write", write_wrong)
+    result = run("billion", *settings, "--json")
+    assert result.exit_code == 1
+    record = printed_json(result)
+    assert (record["complete"], record["rows_checked"], record["ok"]) == (True, 20, False)
+    assert record["most_error"] == pytest.approx(1e-4, rel=0.05)
+    text = run("billion", *settings)
+    assert text.exit_code == 1
+    assert "20 random rows differ from float64 by 1.0e-04 at most" in text.stdout
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf], ids=["nan", "inf"])
@@ -227,9 +249,15 @@ def test_a_limit_of_time_is_a_number(tmp_path: Path, seconds: str) -> None:
     assert run("billion", *settings, "--limit-seconds", seconds).exit_code == 2
 
 
-def test_launch() -> None:
-    result = run("launch", LONGNET, "--shape", "1,4,301,16", "--kv-heads", 2, "--ranks", 2)
-    assert result.exit_code == 0
+def test_launch(capfd: pytest.CaptureFixture[str]) -> None:
+    """The processes write to this one's stdout."""
+    command = ("launch", LONGNET, "--shape", "1,4,301,16", "--kv-heads", 2, "--ranks", 2)
+    assert run(*command, "--json").exit_code == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record["ok"]
+    assert [row["rank"] for row in record["ranks"]] == [0, 1]
+    assert sum(row["tokens"] for row in record["ranks"]) == 301
+    assert all(row["same_bits"] for row in record["ranks"])
 
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def test_moves_to_a_dtype(module: MultiheadDilatedAttention, dtype: torch.dtype)
     moved = module.half() if dtype == torch.float16 else module.to(dtype)
     out = moved(*[x.to(dtype)] * 3)[0]
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+    limit = 1e-5 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(out.float(), expected, rtol=limit, atol=limit)
 
 
 def test_autocast(module: MultiheadDilatedAttention) -> None:
@@ -89,7 +90,7 @@ def test_compiles_without_a_break(module: MultiheadDilatedAttention) -> None:
         out, _ = compiled(x, x, x, is_causal=True, key_padding_mask=padding)
         expected, _ = module(x, x, x, is_causal=True, key_padding_mask=padding)
         assert_same(out, expected, [x, *module.parameters()], 2e-5)
-    assert graphs.frame_count <= 2
+    assert 1 <= graphs.frame_count <= 2
 
 
 def test_exports_with_any_length(module: MultiheadDilatedAttention) -> None:

@@ -152,6 +152,7 @@ def test_thousands_of_calls_leak_nothing() -> None:
                 refused.forward()
         return int(psutil.Process().memory_info().rss)
 
+    # 14 calls of an operator each: a leak of 500 bytes a call is found.
     before = calls(30)
-    grown = calls(80) - before
-    assert grown < 8 * 2**20, f"{grown / 2**20:.1f} MiB more after 1000 calls"
+    grown = calls(150) - before
+    assert grown < 2**20, f"{grown / 2**20:.1f} MiB more after 2100 calls"

@@ -19,7 +19,7 @@ from compiled_dilated.cli import app
 from compiled_dilated.recommendations import Request, recommend
 from compiled_dilated.recommendations.candidates import candidates
 from compiled_dilated.recommendations.reports import as_text
-from compiled_dilated.recommendations.ways import weigh
+from compiled_dilated.recommendations.ways import _bytes_of_rank, weigh
 from compiled_dilated.reference import multiplicity
 from tests.support.forked import run_code
 
@@ -80,10 +80,13 @@ def test_training_that_does_not_fit_takes_a_ring() -> None:
     assert result.best is not None
     assert result.best.way.kind == "ring"
     assert result.best.way.peak_bytes <= 512 * MIB
-    # No fewer ranks would do.
-    fewer = replace(result.request, limit=result.best.way.peak_bytes - 1)
-    again = recommend(fewer).best
-    assert again is None or again.way.ranks > result.best.way.ranks
+    # Half as many ranks would not do.
+    ranks, peaks = result.best.way.ranks, []
+    for count in (ranks, ranks // 2):
+        ring = result.request.plan(result.best.candidate.program, ranks=count, layout="contiguous")
+        peaks.append(max(_bytes_of_rank(ring, load) for load in ring.loads))
+    assert peaks[0] == result.best.way.peak_bytes
+    assert peaks[1] > 512 * MIB
 
 
 def test_a_pattern_is_recommended_if_it_fits_whatever_its_time() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +116,25 @@ def reads_or_refuses(read: Callable[[], Any]) -> None:
     with Watch() as events, contextlib.suppress(ValueError):
         read()
     assert events == []
+
+
+@pytest.mark.parametrize(
+    ("act", "event"),
+    [
+        (lambda: exec("1"), "exec"),
+        (lambda: eval("1"), "exec"),
+        (lambda: pickle.loads(pickle.dumps(masks.causal())), "pickle.find_class"),
+        (lambda: subprocess.run(["true"], check=True), "subprocess.Popen"),
+    ],
+    ids=["exec", "eval", "pickle", "process"],
+)
+def test_code_that_runs_is_seen(act: Callable[[], Any], event: str) -> None:
+    """The control of the tests below."""
+    with Watch() as events:
+        act()
+    assert event in events
+    with pytest.raises(AssertionError):
+        reads_or_refuses(act)
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])

@@ -20,7 +20,7 @@ from tests.cases import Case, Inputs
 
 ops: Any = torch.ops.compiled_dilated
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LOW = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+LOW = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.004}
 NAMES = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
@@ -121,7 +121,10 @@ def reference_results(
 def tolerance(dtype: torch.dtype) -> float:
     """Limit of errors, as a share of a result's largest entry.
 
-    It is above rounding, and far below the effect of a wrong key.
+    dtype: of the result; an lse is float32 for inputs of 16 bits, and as exact as for float32.
+
+    It is a few times the rounding of all results. In 16 bits a wrong key of little weight changes a
+    result by less: the lse, and the counts of pairs, show it.
     """
     return 1e-10 if dtype == torch.float64 else LOW[dtype]
 
@@ -130,7 +133,7 @@ def assert_near(results: list[Tensor], expected: list[Tensor], subject: object =
     """Infinite and NaN in the same places; elsewhere near."""
     for name, x, right in zip(NAMES, results, expected, strict=False):
         about = f"{subject} {name}"
-        allowed = tolerance(x.dtype if name != "lse" else results[0].dtype)
+        allowed = tolerance(x.dtype)
         assert x.shape == right.shape, about
         finite = right.isfinite()
         assert torch.equal(x.isfinite(), finite), f"{about}: other entries are infinite or NaN"

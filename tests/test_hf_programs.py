@@ -27,7 +27,7 @@ from tests.transformers_models import (
     result_of,
 )
 
-PROGRAMS = {
+PROGRAMS: dict[str, Any] = {
     "longnet": cd.longnet((16, 64), (1, 4), causal=True),
     "window": cd.masks.window(9, 0),
     "window and sinks": masks.causal() & (masks.window(16) | masks.sinks(4)),
@@ -76,7 +76,7 @@ def test_a_program_is_joined_with_padding() -> None:
     registered, eager = pair_of("llama")
     model = cd.compile(registered, attention=PROGRAMS["longnet"])
     padding = padded("left")
-    mask = joined(bias_of(PROGRAMS["longnet"], 50, 4), padding[:, None, None] == 1)
+    mask = joined(bias_of(as_program(PROGRAMS["longnet"]), 50, 4), padding[:, None, None] == 1)
     inputs = inputs_of("llama")
     with torch.no_grad():
         out = result_of(model(**inputs, attention_mask=padding))
@@ -90,7 +90,7 @@ def test_a_program_is_joined_with_packed_sequences() -> None:
     registered, eager = pair_of("llama")
     model = cd.compile(registered, attention=PROGRAMS["longnet"])
     documents = torch.arange(50) < 20
-    mask = joined(bias_of(PROGRAMS["longnet"], 50, 4), documents[:, None] == documents)
+    mask = joined(bias_of(as_program(PROGRAMS["longnet"]), 50, 4), documents[:, None] == documents)
     inputs = inputs_of("llama") | {"position_ids": packed(20, 30)}
     with torch.no_grad():
         out = result_of(model(**inputs, use_cache=False))

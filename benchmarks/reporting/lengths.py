@@ -44,7 +44,8 @@ def times(records: Records) -> list[Section]:
         )
         text = (
             "Median of one call. WRONG: the error against float64 exceeds the dtype's tolerance. "
-            "Up to 2,048 tokens all rows and gradients are compared, beyond 16 rows of the forward."
+            "Up to 2,048 tokens all rows and gradients are compared; of longer sequences, 16 rows "
+            "of the forward."
         )
         out.append(Section(f"Execution time: {name}", text, headers, body, chart))
     return out

@@ -88,7 +88,7 @@ def _best(options: list[Option]) -> Option | None:
 
 
 def _remedy(request: Request, eligible: list[Option]) -> str:
-    """What would let one of the options fit."""
+    """The changes that would let one of the options fit."""
     remedies = ["raise --memory"]
     if request.batch > 1:
         remedies.append("lower --batch")

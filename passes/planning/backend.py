@@ -90,7 +90,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class _Part:
-    """What graphs of one part of a step share at all sizes.
+    """The identity of a part of a step, equal at all sizes.
 
     function: Dynamo's number of the function; behind a graph break begins another
     parameters: of the graph; two modules of a class share their function, not these

@@ -252,7 +252,7 @@ class Scored(Head):
 
 @pytest.mark.parametrize(("model", "count"), [(Rounded, 0), (Scored, 1)])
 def test_no_gradient_flows_through_integers(model: Callable[[], nn.Module], count: int) -> None:
-    """What they are computed from gets none: neither zeros nor rounded ones."""
+    """Their operands get no gradient: neither zeros nor rounded ones."""
     torch.manual_seed(0)
     rounding = model().double()
     step, lines = captured(rounding, Chunk(rows=3))

@@ -50,7 +50,7 @@ def overwritten(x: Tensor, w: list[Tensor]) -> Tensor:
 
 
 def bottleneck(x: Tensor, w: list[Tensor]) -> Tensor:
-    """What it is computed from, and its result, are wider than what is between."""
+    """Its operands and its result are wider than the values between."""
     return F.linear(F.gelu(F.linear(x.repeat(1, 1, 4), w[1])), w[0])
 
 
